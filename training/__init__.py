@@ -1,0 +1,1 @@
+"""Matched SFT, PPO and DPO checkpoints from one base: configuration in, run directory out."""

@@ -1,0 +1,1 @@
+"""Figures: each function takes frames and returns a plotly figure; nothing is shown or written."""
