@@ -19,8 +19,8 @@ if TYPE_CHECKING:
         select_direction,
     )
     from weightdiff.errors import WeightdiffError
-    from weightdiff.intervene import generate
     from weightdiff.interval import cluster_bootstrap
+    from weightdiff.intervene import generate
     from weightdiff.judge import Lexicon, judge
     from weightdiff.model import load_model
     from weightdiff.page import Page

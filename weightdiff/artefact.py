@@ -15,10 +15,8 @@ from weightdiff.errors import WeightdiffError
 def output_dir(path: str | os.PathLike[str]) -> Path:
     """Make ``path`` (with its parents) and check that files can be created in it.
 
-    Raises
-    ------
-    WeightdiffError
-        If it is a file, cannot be made, or cannot be written to.
+    Raises:
+        WeightdiffError: it is a file, cannot be made, or cannot be written to.
     """
     directory = Path(path)
     try:

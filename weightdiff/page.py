@@ -4,11 +4,10 @@ Every string is escaped by Jinja2's autoescape, because names of tensors, tokens
 come from files that anyone may have written.
 """
 
-import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from weightdiff.artefact import atomic_path, write_text
+from weightdiff.artefact import write_text
 
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
@@ -67,7 +66,10 @@ class Page:
             for name in frame.columns
         ]
         rows = [
-            [_cell(value, formats.get(str(name), "")) for name, value in zip(frame.columns, row)]
+            [
+                _cell(value, formats.get(str(name), ""))
+                for name, value in zip(frame.columns, row, strict=True)
+            ]
             for row in frame.itertuples(index=False, name=None)
         ]
         return self._add("table", columns=columns, rows=rows, caption=caption)
@@ -117,7 +119,7 @@ def write_pngs(figures: Mapping[str | os.PathLike[str], go.Figure], width: int =
     partials = [path.with_name(f".partial-{path.name}") for path in finals]
     try:
         pio.write_images(list(figures.values()), partials, width=width, scale=2, format="png")
-        for partial, final in zip(partials, finals):
+        for partial, final in zip(partials, finals, strict=True):
             partial.replace(final)
     finally:
         for partial in partials:

@@ -49,7 +49,7 @@ class Main(click.Group):
         return super().parse_args(ctx, [a for a in head if a != "--debug"] + bar + tail)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; without ``--debug`` any failure is one line on stderr and exit code 1."""
+        """Run the command; without ``--debug`` a failure is one line on stderr, exit code 1."""
         try:
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort) as error:
