@@ -15,7 +15,7 @@ Scalar = Float[Tensor, ""]
 
 def masked_mean(x: Float[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"]) -> Scalar:
     """Average over the True places of the mask, all rows together; 0 when there is none."""
-    return (x * mask).sum() / mask.sum().clamp(min=1)
+    return x.masked_fill(~mask, 0.0).sum() / mask.sum().clamp(min=1)
 
 
 def token_logps(
@@ -33,7 +33,7 @@ def sequence_logps(
     logps: Float[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"]
 ) -> Float[Tensor, " batch"]:
     """Sum the token log-probabilities of each response: log π(y | x), nats."""
-    return reduce(logps * mask, "batch pos -> batch", "sum")
+    return reduce(logps.masked_fill(~mask, 0.0), "batch pos -> batch", "sum")
 
 
 def sft_loss(
@@ -118,14 +118,14 @@ def exact_kl(
     """Give KL(p‖q) in nats over the whole vocabulary at each position."""
     log_p, log_q = logits_p.float().log_softmax(-1), logits_q.float().log_softmax(-1)
     # KL(p‖q) = Σ_v p(v) (log p(v) − log q(v)); a token that p excludes adds 0
-    return (log_p.exp() * (log_p - log_q)).nan_to_num(nan=0.0).sum(-1)
+    return (log_p.exp() * (log_p - log_q)).masked_fill(log_p == -torch.inf, 0.0).sum(-1)
 
 
 def entropy(logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, "batch pos"]:
     """Give the entropy of softmax(logits), nats, at each position."""
     log_p = logits.float().log_softmax(-1)
     # H = −Σ_v p(v) log p(v)
-    return -(log_p.exp() * log_p).nan_to_num(nan=0.0).sum(-1)
+    return -(log_p.exp() * log_p).masked_fill(log_p == -torch.inf, 0.0).sum(-1)
 
 
 def gae(
