@@ -3,7 +3,7 @@
 import hashlib
 import inspect
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -66,6 +66,28 @@ def inverse_cdf(
     return picked.squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
 
+def forward_inputs(
+    model: PreTrainedModel,
+    ids: Int[Tensor, "batch pos"],
+    mask: Bool[Tensor, "batch seen"],
+    cache: DynamicCache | None = None,
+) -> dict[str, Any]:
+    """Name the arguments of a forward pass over the last ``pos`` of ``seen`` places.
+
+    The mask covers what the cache holds too, and padding may stand anywhere in it.
+    """
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": mask.long(),
+        "past_key_values": cache,
+        "use_cache": cache is not None,
+    }
+    # Models without position embeddings (ALiBi) take none.
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        inputs["position_ids"] = positions(mask)[:, -ids.shape[1] :]
+    return inputs
+
+
 def response_logits(
     model: PreTrainedModel,
     ids: Int[Tensor, "batch pos"],
@@ -76,13 +98,7 @@ def response_logits(
 
     Only those places go through the unembedding, the costliest matrix of a small model.
     """
-    logits: Tensor = model(
-        input_ids=ids,
-        attention_mask=mask.long(),
-        position_ids=positions(mask),
-        use_cache=False,
-        **_keep(model, n_new + 1),
-    ).logits
+    logits: Tensor = model(**forward_inputs(model, ids, mask), **_keep(model, n_new + 1)).logits
     return logits[:, -n_new - 1 : -1]
 
 
@@ -111,25 +127,18 @@ def sample(
         uniforms = torch.zeros(len(ids), max_new_tokens)
     ends = torch.tensor(sorted(set(eos_ids)), device=ids.device)
     cache, keep = DynamicCache(config=model.config), _keep(model, 1)
-    seen, place = mask, positions(mask)
+    seen = mask
     ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     step, tokens, alive = ids, [], []
     for u in uniforms[:, :max_new_tokens].to(ids.device).unbind(1):
-        logits = model(
-            input_ids=step,
-            attention_mask=seen.long(),
-            position_ids=place,
-            past_key_values=cache,
-            use_cache=True,
-            **keep,
-        ).logits[:, -1]
+        logits = model(**forward_inputs(model, step, seen, cache), **keep).logits[:, -1]
         token = inverse_cdf(logits, temperature, u).masked_fill(ended, pad_id)
         tokens.append(token)
         alive.append(~ended)
         ended = ended | torch.isin(token, ends)
         if bool(ended.all()):
             break
-        step, place = token[:, None], place[:, -1:] + 1
+        step = token[:, None]
         seen = torch.cat([seen, alive[-1][:, None]], 1)
     response, response_mask = torch.stack(tokens, 1), torch.stack(alive, 1)
     return Rollout(
