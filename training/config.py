@@ -1,7 +1,7 @@
 """Config of a training run: one frozen dataclass per stage, read from TOML.
 
-The defaults are the `tiny` preset. A TOML file states what differs from them, `--set key=value` what
-differs from the file, and the resolved whole is written into the run directory.
+The defaults are the `tiny` preset. A TOML file states what differs from them, `--set key=value`
+what differs from the file, and the resolved whole is written into the run directory.
 """
 
 import dataclasses
@@ -201,6 +201,8 @@ class PPOConfig:
     """β: weight of the per-token KL penalty."""
     kl_target: float | None = None
     """Sequence KL in nats that an adaptive β steers to; absent: β is fixed."""
+    kl_gain: float = 0.1
+    """K_β: how fast an adaptive β moves, relative change a round per unit of clipped error."""
     gamma: float = 1.0
     """Discount."""
     gae_lambda: float = 0.95
@@ -306,7 +308,9 @@ def load_config(source: str | Path = "tiny", overrides: Sequence[str] = ()) -> C
     """Read a preset's name or a TOML file, then apply `key=value` overrides ("ppo.kl_coef=0.1").
 
     Raises:
-        TrainingError: the file is missing or not TOML, a key is unknown, a value does not fit.
+    ------
+    TrainingError
+        The file is missing or not TOML, a key is unknown, a value does not fit.
     """
     path = _find(source)
     try:

@@ -40,7 +40,7 @@ def n_batches(n_rows: int, batch_size: int, epochs: int) -> int:
 def adamw(
     model_or_params: nn.Module | Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0
 ) -> AdamW:
-    """Make AdamW (betas 0.9, 0.999, eps 1e-8) that decays matrices only (Loshchilov & Hutter 2019)."""
+    """Make AdamW (Loshchilov & Hutter 2019; betas 0.9, 0.999, eps 1e-8), decaying matrices only."""
     if isinstance(model_or_params, nn.Module):
         model_or_params = model_or_params.parameters()
     params = [p for p in model_or_params if p.requires_grad]

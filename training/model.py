@@ -25,6 +25,9 @@ from training.loop import derived_seed
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<end>", "<assistant>")
 
+ATTENTION = "eager"
+"""On CPU and at the width of the built-in model a quarter faster than sdpa."""
+
 # Two tokens follow the instruction (<end> <assistant>), as in real chat templates.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -38,7 +41,9 @@ def build_tokenizer(words: Sequence[str], max_positions: int) -> PreTrainedToken
     """Make a word-level tokenizer with a chat template: a token per whitespace-separated word.
 
     Raises:
-        ValueError: a word is given twice or is a special token.
+    ------
+    ValueError
+        A word is given twice or is a special token.
     """
     vocabulary = [*SPECIAL_TOKENS, *words]
     if len(set(vocabulary)) != len(vocabulary):
@@ -79,6 +84,7 @@ def build_model(
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
+        attn_implementation=ATTENTION,
         dtype="float32",
     )
     # Initialisation in transformers draws from torch's global generator.
@@ -91,10 +97,14 @@ def load_model(path: Path) -> PreTrainedModel:
     """Load a causal language model in fp32 from a directory.
 
     Raises:
-        TrainingError: the directory holds no model.
+    ------
+    TrainingError
+        The directory holds no model.
     """
     _require_weights(path)
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+    return AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation=ATTENTION, local_files_only=True
+    )
 
 
 def load_reward_model(path: Path) -> PreTrainedModel:
@@ -103,11 +113,17 @@ def load_reward_model(path: Path) -> PreTrainedModel:
     A causal model's directory gives a new, untrained score head.
 
     Raises:
-        TrainingError: the directory holds no model.
+    ------
+    TrainingError
+        The directory holds no model.
     """
     _require_weights(path)
     return AutoModelForSequenceClassification.from_pretrained(
-        path, num_labels=1, dtype=torch.float32, local_files_only=True
+        path,
+        num_labels=1,
+        dtype=torch.float32,
+        attn_implementation=ATTENTION,
+        local_files_only=True,
     )
 
 
@@ -115,7 +131,9 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """Load a tokenizer from a model's directory and check what training relies on.
 
     Raises:
-        TrainingError: there is no pad token, no end token, or the two are one.
+    ------
+    TrainingError
+        There is no pad token, no end token, or the two are one.
     """
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
@@ -169,7 +187,9 @@ def pad(
     """Fill rows of ids up to the longest; the mask is true on real tokens.
 
     Raises:
-        ValueError: `side` is neither left nor right.
+    ------
+    ValueError
+        `side` is neither left nor right.
     """
     if side not in ("left", "right"):
         raise ValueError(f"side must be left or right, got {side}")

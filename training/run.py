@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,15 @@ from training.model import model_sha256, save_model
 
 PARENTS = {"base": None, "sft": "base", "rm": "sft", "ppo": "sft", "dpo": "sft"}
 """Every stage in the order of training, with the stage whose weights it starts from."""
+
+# By name, because these modules import this one.
+TRAINERS = {
+    "base": ("training.sft", "train_base"),
+    "sft": ("training.sft", "train_sft"),
+    "rm": ("training.reward", "train_reward"),
+    "ppo": ("training.ppo", "train_ppo"),
+    "dpo": ("training.dpo", "train_dpo"),
+}
 
 
 class Stage:
@@ -50,7 +60,9 @@ class Stage:
         """Append a line to metrics.jsonl.
 
         Raises:
-            TrainingError: a value is NaN or infinite.
+        ------
+        TrainingError
+            A value is NaN or infinite.
         """
         for key, value in values.items():
             if not math.isfinite(value):
@@ -107,7 +119,9 @@ class Run:
         """Read where a finished stage came from.
 
         Raises:
-            TrainingError: the file is missing or not JSON.
+        ------
+        TrainingError
+            The file is missing or not JSON.
         """
         path = self.dir(stage) / "provenance.json"
         try:
@@ -124,11 +138,16 @@ class Run:
     ) -> Iterator[Stage]:
         """Train a stage under a temporary name that becomes its own when the block ends well.
 
-        Args:
-            name: the stage.
-            parent: the stage whose weights it starts from.
-            data: names of the data files it reads.
-            uses: other stages it reads, as PPO the reward model.
+        Parameters
+        ----------
+        name
+            The stage.
+        parent
+            The stage whose weights it starts from.
+        data
+            Names of the data files it reads.
+        uses
+            Other stages it reads, as PPO the reward model.
         """
         partial = self.path / f".{name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
@@ -164,7 +183,9 @@ class Run:
         """Check that a finished stage is the one that the config asks for.
 
         Raises:
-            TrainingError: its config, seed, parent or data differ, naming the first that does.
+        ------
+        TrainingError
+            Its config, seed, parent or data differ, naming the first that does.
         """
         found = self.provenance(stage)
         parent = found["parent"] and Path(found["parent"]).name
@@ -182,23 +203,16 @@ def train_all(config: Config, out: str | Path, until: str = "dpo") -> Run:
     """Train every stage up to `until` into a run directory, leaving finished ones as they are.
 
     Raises:
-        TrainingError: a finished stage does not fit the config, another process works in the
-            directory, or Ctrl-C.
+    ------
+    TrainingError
+        A finished stage does not fit the config, another process works in the
+        directory, or Ctrl-C.
     """
-    from training import data, dpo, ppo, reward, sft
-
-    trainers = {
-        "base": sft.train_base,
-        "sft": sft.train_sft,
-        "rm": reward.train_reward,
-        "ppo": ppo.train_ppo,
-        "dpo": dpo.train_dpo,
-    }
     run = Run(out, config)
     torch.set_num_threads(config.threads)
     transformers_logging.disable_progress_bar()
     with _locked(run.path):
-        data.prepare(run)
+        import_module("training.data").prepare(run)
         names = list(PARENTS)
         wanted = names[: names.index(until) + 1]
         for name in wanted:
@@ -207,13 +221,14 @@ def train_all(config: Config, out: str | Path, until: str = "dpo") -> Run:
         (run.path / "config.toml").write_text(dump_config(config), encoding="utf-8")
         for name in wanted:
             if not run.finished(name):
-                _train(run, name, trainers[name])
+                _train(run, name)
     return run
 
 
-def _train(run: Run, name: str, trainer: Any) -> None:
+def _train(run: Run, name: str) -> None:
+    module, function = TRAINERS[name]
     try:
-        trainer(run)
+        getattr(import_module(module), function)(run)
     except KeyboardInterrupt as error:
         raise TrainingError(
             f"Interrupted in stage {name}; run the same command again to go on from there "
