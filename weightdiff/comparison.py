@@ -81,7 +81,7 @@ class Comparison:
         return {name: table[name][order] for name in _SUMMARY}
 
     @property
-    def total(self) -> dict[str, float]:
+    def total(self) -> dict[str, float | int]:
         """Return every metric of the whole model."""
         return {k: v[0].item() for k, v in self.columns().items() if v.ndim == 1}
 

@@ -57,7 +57,7 @@ def _value(stored):  # pragma: no cover - replaced by the overload below
     raise NotImplementedError
 
 
-@overload(_value, inline="always")
+@overload(_value)
 @no_type_check
 def _overload_value(stored):
     """Decode one stored element to fp32, exactly."""
@@ -87,7 +87,7 @@ def _ulps(x, y):  # pragma: no cover - replaced by the overload below
     raise NotImplementedError
 
 
-@overload(_ulps, inline="always")
+@overload(_ulps)
 @no_type_check
 def _overload_ulps(x, y):
     """Count the representable values between two stored elements (+0 and -0 are one value).
@@ -127,7 +127,7 @@ def _differ(x, y):  # pragma: no cover - replaced by the overload below
     raise NotImplementedError
 
 
-@overload(_differ, inline="always")
+@overload(_differ)
 @no_type_check
 def _overload_differ(x, y):
     """Compare bits of one dtype, values of two."""

@@ -1,14 +1,15 @@
 """Figures of one comparison, and its page."""
 
 import html
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from weightdiff.naming import NO_LAYER
+from weightdiff.delta import Array
+from weightdiff.naming import COMPONENTS, NO_LAYER
 from weightdiff.page import Page
 from weightdiff.plots import theme
 
@@ -123,7 +124,7 @@ class ComparisonPlots:
         )
         return made
 
-    def _grid(self, metric: str, by: str) -> tuple[list[str], list[str], np.ndarray[Any, Any]]:
+    def _grid(self, metric: str, by: str) -> tuple[list[str], list[str], Array]:
         """Lay a metric out as ``by`` × layer; what lies outside the blocks stands at the ends."""
         table = self._comparison.columns("layer", "component", by)
         layers = sorted(set(table["layer"].tolist()) - {NO_LAYER})
@@ -135,6 +136,8 @@ class ComparisonPlots:
         ]
         columns = [name for name in ("in", *map(str, layers), "out") if name in places]
         rows = list(dict.fromkeys(table[by].tolist()))
+        if by == "component":
+            rows.sort(key=COMPONENTS.index)
         z = np.full((len(rows), len(columns)), np.nan)
         for place, row, value in zip(places, table[by].tolist(), table[metric], strict=True):
             z[rows.index(row), columns.index(place)] = value
@@ -186,7 +189,7 @@ def notebook_html(comparison: "Comparison") -> str:
     )
 
 
-def _formats(columns: Sequence[str]) -> dict[str, str]:
+def _formats(columns: Iterable[str]) -> dict[str, str]:
     shares = ("share_", "unchanged_")
     texts = ("layer", "component", "matrix", "shape", "dtype_b", "flags")
     patterns = {name: "{:.1%}" if name.startswith(shares) else "{:.3g}" for name in columns}
@@ -194,9 +197,7 @@ def _formats(columns: Sequence[str]) -> dict[str, str]:
     return {k: v for k, v in patterns.items() if k in columns and k not in texts}
 
 
-def _heat(
-    z: np.ndarray[Any, Any], columns: Sequence[str], rows: Sequence[str], metric: str
-) -> go.Heatmap:
+def _heat(z: Array, columns: Sequence[str], rows: Sequence[str], metric: str) -> go.Heatmap:
     written = z.shape[1] <= 14
     return go.Heatmap(
         z=_lists(z),
@@ -217,6 +218,6 @@ def _grid_axes(made: go.Figure, title: str) -> go.Figure:
     return made.update_yaxes(autorange="reversed", type="category", showgrid=False)
 
 
-def _lists(z: np.ndarray[Any, Any]) -> list[list[float | None]]:
+def _lists(z: Array) -> list[list[float | None]]:
     """Turn NaN and infinities into gaps; plain lists keep the figure's JSON readable."""
     return [[v if np.isfinite(v) else None for v in row] for row in z.tolist()]
