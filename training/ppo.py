@@ -270,7 +270,7 @@ def train_ppo(run: Run) -> None:
             for iteration, (sample_id, prompts) in enumerate(_rounds(rows, run), start=1):
                 logged = _iterate(ppo, ledger, prompts, iteration, sample_id)
                 stage.steps += int(logged.pop("updates"))
-                stage.log(stage.steps, iteration=iteration, **logged)
+                stage.log(stage.steps, iteration=float(iteration), **logged)
                 bar.set_postfix(score=f"{logged['score']:.2f}", kl=f"{logged['kl']:.2f}")
                 bar.update()
                 if iteration in kept:
