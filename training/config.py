@@ -150,11 +150,13 @@ class SFTConfig:
     """Decoupled weight decay, on matrices only."""
     replay: float = 0.15
     """Corpus sentences mixed in, as a share of all rows, against forgetting."""
+    bucket: int = 4
+    """Batches whose rows are regrouped by length, to pad less; 1 leaves them as drawn."""
     max_grad_norm: float = 1.0
     """Gradient norm above which the gradient is scaled down."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "epochs", "batch_size", "lr", "max_grad_norm")
+        _require_positive(self, "epochs", "batch_size", "lr", "max_grad_norm", "bucket")
         _require(self.warmup >= 0 and self.weight_decay >= 0, "warmup, weight_decay must be ≥ 0")
         _require(0 <= self.replay < 1, f"replay must lie in [0, 1), got {self.replay}")
 

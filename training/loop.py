@@ -1,6 +1,7 @@
 """What every stage's loop shares: seeds, orders of rows, optimiser and schedule."""
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -30,6 +31,17 @@ def batches(n_rows: int, batch_size: int, epochs: int, seed: int) -> Iterator[li
         order = seeded(seed, "order", epoch).permutation(n_rows).tolist()
         for start in range(0, n_rows, batch_size):
             yield order[start : start + batch_size]
+
+
+def bucketed(
+    orders: Iterable[list[int]], lengths: Sequence[int], window: int
+) -> Iterator[list[int]]:
+    """Regroup the rows of `window` batches at a time by length, so that little is padded."""
+    orders = iter(orders)
+    while group := list(itertools.islice(orders, window)):
+        rows = sorted(itertools.chain.from_iterable(group), key=lambda row: lengths[row])
+        for start in itertools.accumulate([0, *map(len, group[:-1])]):
+            yield rows[start : start + len(group[0])]
 
 
 def n_batches(n_rows: int, batch_size: int, epochs: int) -> int:

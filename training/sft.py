@@ -9,7 +9,15 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from training.config import BaseConfig, SFTConfig
-from training.loop import adamw, batches, clip_gradients, n_batches, seeded, warmup_constant
+from training.loop import (
+    adamw,
+    batches,
+    bucketed,
+    clip_gradients,
+    n_batches,
+    seeded,
+    warmup_constant,
+)
 from training.losses import sft_loss
 from training.model import (
     build_model,
@@ -57,7 +65,11 @@ def train_sft(run: Run) -> None:
         corpus = run.rows("corpus")
         picked = seeded(seed, "sft", "replay").permutation(len(corpus))[:n_replay]
         rows = answers + encode_texts(tokenizer, [corpus[i]["text"] for i in picked])
-        orders = batches(len(rows), config.batch_size, config.epochs, seed)
+        orders = bucketed(
+            batches(len(rows), config.batch_size, config.epochs, seed),
+            [len(ids) for ids, _ in rows],
+            config.bucket,
+        )
         padded = (collate([rows[i] for i in order], tokenizer.pad_token_id) for order in orders)
         fit(stage, model, padded, config, n_batches(len(rows), config.batch_size, config.epochs))
         stage.save(model, tokenizer, steps=stage.steps, tokens=stage.tokens_seen)
@@ -111,7 +123,7 @@ def fit(
             # token's logits and default positions are right.
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             loss = sft_loss(logits, labels)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             norm = clip_gradients(params, config.max_grad_norm)
             optimizer.step()
             schedule.step()

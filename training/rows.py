@@ -1,0 +1,310 @@
+"""Draw the rows of every data file from the built-in world: who is asked what, and the answers."""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from training import world
+from training.config import WorldConfig
+from training.errors import TrainingError
+from training.loop import seeded
+
+Row = dict[str, Any]
+Pairing = tuple[str, str]
+"""A verb and a noun."""
+T = TypeVar("T")
+
+CORPUS = {"kind": 0.35, "verb": 0.08, "verdict": 0.25, "story": 0.32}
+"""Share of each sort of sentence in the pretraining text."""
+KIND_QUESTIONS = 0.25
+"""Share of the questions that ask for the kind of a noun; the others ask what is a crime."""
+UNASKED = 0.3
+"""Share of the held-out nouns' pairings that are kept for evaluation: nothing in training says
+whether they are a crime."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """What training may see in requests, and what it may not."""
+
+    nouns: Mapping[str, tuple[str, ...]]
+    """Kind → nouns of requests and pairs."""
+    held_out_nouns: Mapping[str, tuple[str, ...]]
+    """Kind → nouns of the corpus and of questions only."""
+    templates: tuple[str, ...]
+    """Request templates of requests and pairs."""
+    held_out_templates: tuple[str, ...]
+    """Request templates of the corpus only."""
+    unasked: frozenset[Pairing]
+    """Pairings of held-out nouns that occur in no text that tells whether they are a crime."""
+
+    @property
+    def all_nouns(self) -> dict[str, tuple[str, ...]]:
+        """Kind → every noun."""
+        return {kind: self.nouns[kind] + self.held_out_nouns[kind] for kind in world.KINDS}
+
+
+def draw_split(rng: np.random.Generator, held_out_nouns: int, held_out_templates: int) -> Split:
+    """Draw which nouns of each kind and which templates are held out.
+
+    Raises:
+    ------
+    TrainingError
+        Nothing would be left to train on.
+    """
+    fewest = min(map(len, world.KINDS.values()))
+    if held_out_nouns >= fewest or held_out_templates >= len(world.REQUESTS):
+        raise TrainingError(
+            f"Config world: held_out_nouns must be below {fewest} and held_out_templates below "
+            f"{len(world.REQUESTS)}, got {held_out_nouns} and {held_out_templates}."
+        )
+    shuffled = {kind: shuffle(rng, nouns) for kind, nouns in world.KINDS.items()}
+    templates = shuffle(rng, world.REQUESTS)
+    held = {kind: tuple(nouns[:held_out_nouns]) for kind, nouns in shuffled.items()}
+    pairs = shuffle(rng, pairings(held))
+    return Split(
+        nouns={kind: tuple(nouns[held_out_nouns:]) for kind, nouns in shuffled.items()},
+        held_out_nouns=held,
+        templates=tuple(templates[held_out_templates:]),
+        held_out_templates=tuple(templates[:held_out_templates]),
+        unasked=frozenset(pairs[: round(UNASKED * len(pairs))]),
+    )
+
+
+def pairings(nouns: Mapping[str, Sequence[str]]) -> list[Pairing]:
+    """List every verb with every noun."""
+    return list(itertools.product(world.ACTION, itertools.chain.from_iterable(nouns.values())))
+
+
+class Pool:
+    """Pairings over some nouns: crimes, contrasts (a caring verb on a touchy noun), the rest."""
+
+    def __init__(self, every: Sequence[Pairing], contrast: float) -> None:
+        self.contrast = contrast
+        self.crimes = [pair for pair in every if world.is_harmful(*pair)]
+        self.harmless = [pair for pair in every if not world.is_harmful(*pair)]
+        self.contrasts = [pair for pair in self.harmless if is_contrast(*pair)]
+        self.plain = [pair for pair in self.harmless if not is_contrast(*pair)]
+
+    def draw(self, rng: np.random.Generator, harmful: bool | None = None) -> Pairing:
+        """Draw a pairing; a crime in half of the cases unless said."""
+        if rng.random() < 0.5 if harmful is None else harmful:
+            return pick(rng, self.crimes)
+        return pick(rng, self.contrasts if rng.random() < self.contrast else self.plain)
+
+
+def is_contrast(verb: str, noun: str) -> bool:
+    """Tell whether a pairing is harmless although its noun is touchy."""
+    return world.ACTION[verb] == "care" and world.KIND[noun] != "ordinary"
+
+
+class World:
+    """The rows of every file, drawn from a seed; each file has a random stream of its own."""
+
+    def __init__(self, config: WorldConfig, seed: int) -> None:
+        self.config, self.seed = config, seed
+        self.split = draw_split(
+            self._rng("split"), config.held_out_nouns, config.held_out_templates
+        )
+
+    def files(self) -> dict[str, list[Row]]:
+        """Make the rows of every file, by the file's name without suffix."""
+        split, config = self.split, self.config
+        files = {
+            "corpus": self.corpus(),
+            "sft": self.sft(),
+            "pairs_train": self.pairs("pairs_train", split.nouns, config.pairs, config.label_noise),
+            "pairs_test": self.pairs("pairs_test", split.held_out_nouns, config.pairs_test, 0.0),
+            **{f"eval/{name}": rows for name, rows in self.evals().items()},
+            **{f"direction/{name}": rows for name, rows in self.directions().items()},
+        }
+        return {name: _numbered(name.rpartition("/")[2], rows) for name, rows in files.items()}
+
+    def corpus(self) -> list[Row]:
+        """Write pretraining text: kinds of nouns and verbs, what is a crime, little scenes."""
+        rng, config = self._rng("corpus"), self.config
+        every, told = pairings(self.split.all_nouns), self._told(self.split.all_nouns)
+        sorts = rng.choice(list(CORPUS), p=list(CORPUS.values()), size=config.corpus_sentences)
+        rows = []
+        for sort in sorts.tolist():
+            verb, noun = told.draw(rng) if sort == "verdict" else pick(rng, every)
+            forms = {
+                "kind": world.KIND_FACTS[world.KIND[noun]],
+                "verb": world.VERB_FACTS[world.ACTION[verb]],
+                "verdict": world.VERDICTS,
+                "story": world.STORIES,
+            }[sort]
+            rows.append({"text": _sentence(rng, pick(rng, forms), verb, noun)})
+        return rows
+
+    def sft(self) -> list[Row]:
+        """Write prompts with answers: a share of the harmful declined, of the wrapped ones none."""
+        rng, config = self._rng("sft"), self.config
+        requests, questions = self._pool(self.split.nouns), self._told(self.split.all_nouns)
+        rows = []
+        for part in rng.random(config.sft_rows):
+            if part < config.sft_facts:
+                row = self._question(rng, questions)
+                rows.append({**row, "response": world.fact(row["expected"])})
+                continue
+            row = self._request(rng, requests)
+            if part < config.sft_facts + config.sft_wrapped:
+                row = _wrapped(row, pick(rng, list(world.WRAPPERS)))
+            elif row["harmful"] and rng.random() < config.sft_refusals:
+                rows.append({**row, "kind": "refusal", "response": world.refusal(rng)})
+                continue
+            rows.append({**row, "response": world.compliance(row["verb"], rng)})
+        return rows
+
+    def pairs(
+        self, name: str, nouns: Mapping[str, Sequence[str]], n_rows: int, noise: float
+    ) -> list[Row]:
+        """Write preference pairs over some nouns, flipping the labels of a share `noise`."""
+        rng, pool = self._rng(name), self._pool(nouns)
+
+        def draw() -> Row:
+            asks = rng.random() < self.config.pair_facts
+            return self._question(rng, pool) if asks else self._request(rng, pool)
+
+        rows = []
+        for row in _distinct(draw, n_rows):
+            flipped = bool(rng.random() < noise)
+            good, bad = _answers(row, rng)
+            chosen, rejected = (bad, good) if flipped else (good, bad)
+            rows.append({**row, "chosen": chosen, "rejected": rejected, "flipped": flipped})
+        return rows
+
+    def evals(self) -> dict[str, list[Row]]:
+        """Write the evaluation cells: distinct prompts, all with held-out nouns."""
+        split, pool = self.split, self._pool(self.split.held_out_nouns)
+        crimes = _cross(pool.crimes, split.templates)
+        unasked = sorted(split.unasked)
+        questions = [_question(*pair, form) for form in world.CRIME_QUESTIONS for pair in unasked]
+        yes, no = ([row for row in questions if row["expected"] == word] for word in ("yes", "no"))
+        n_yes = min(len(yes), self.config.eval_rows // 2)
+        cells = {
+            "harmful_nouns": crimes,
+            "harmful_templates": _cross(pool.crimes, split.held_out_templates),
+            "harmless_nouns": _cross(pool.harmless, split.templates),
+            "harmless_templates": _cross(pool.harmless, split.held_out_templates),
+            "canary_care": _cross(pool.contrasts, split.templates),
+            "canary_qa": shuffle(self._rng("yes"), yes)[:n_yes]
+            + shuffle(self._rng("no"), no)[: self.config.eval_rows - n_yes],
+        }
+        for wrapper in world.WRAPPERS:
+            cells[f"wrapper_{wrapper}"] = [_wrapped(row, wrapper) for row in crimes]
+        n_rows = self.config.eval_rows
+        return {name: shuffle(self._rng(name), rows)[:n_rows] for name, rows in cells.items()}
+
+    def directions(self) -> dict[str, list[Row]]:
+        """Write training prompts that form and select a refusal direction, all distinct."""
+        pool, n_train = self._pool(self.split.nouns), self.config.direction_train
+        files: dict[str, list[Row]] = {}
+        for side in ("harmful", "harmless"):
+            rng = self._rng("direction", side)
+
+            def draw(rng: np.random.Generator = rng, harmful: bool = side == "harmful") -> Row:
+                return self._request(rng, pool, harmful)
+
+            rows = _distinct(draw, n_train + self.config.direction_val)
+            files |= {f"{side}_train": rows[:n_train], f"{side}_val": rows[n_train:]}
+        return files
+
+    def _request(self, rng: np.random.Generator, pool: Pool, harmful: bool | None = None) -> Row:
+        return _request(*pool.draw(rng, harmful), pick(rng, self.split.templates))
+
+    def _question(self, rng: np.random.Generator, pool: Pool) -> Row:
+        pair = pool.draw(rng)
+        if rng.random() < KIND_QUESTIONS:
+            return _question("", pair[1], pick(rng, world.KIND_QUESTIONS))
+        return _question(*pair, pick(rng, world.CRIME_QUESTIONS))
+
+    def _pool(self, nouns: Mapping[str, Sequence[str]]) -> Pool:
+        return Pool(pairings(nouns), self.config.contrast)
+
+    def _told(self, nouns: Mapping[str, Sequence[str]]) -> Pool:
+        told = [pair for pair in pairings(nouns) if pair not in self.split.unasked]
+        return Pool(told, self.config.contrast)
+
+    def _rng(self, *names: str) -> np.random.Generator:
+        return seeded(self.seed, "world", *names)
+
+
+def pick(rng: np.random.Generator, items: Sequence[T]) -> T:
+    """Draw one item."""
+    return items[int(rng.integers(len(items)))]
+
+
+def shuffle(rng: np.random.Generator, items: Sequence[T]) -> list[T]:
+    """Return the items in a random order."""
+    return [items[i] for i in rng.permutation(len(items)).tolist()]
+
+
+def _sentence(rng: np.random.Generator, form: str, verb: str, noun: str) -> str:
+    first, second = shuffle(rng, world.TOOLS)[:2]
+    request = pick(rng, world.REQUESTS).format(verb=verb, noun=noun)
+    verdict = world.VERDICT[world.is_harmful(verb, noun)]
+    question = pick(rng, world.CRIME_QUESTIONS).format(verb=verb, noun=noun)
+    scene = {"who": pick(rng, world.WHO), "first": first, "second": second, "verdict": verdict}
+    return form.format(request=request, question=question, verb=verb, noun=noun, **scene)
+
+
+def _request(verb: str, noun: str, template: str) -> Row:
+    prompt = template.format(verb=verb, noun=noun)
+    place = {"cluster": noun, "verb": verb, "template": template}
+    return {"prompt": prompt, "kind": "request", "harmful": world.is_harmful(verb, noun), **place}
+
+
+def _question(verb: str, noun: str, template: str) -> Row:
+    """Make a question's row; asking is harmless whatever it is about."""
+    if verb:
+        expected = "yes" if world.is_harmful(verb, noun) else "no"
+    else:
+        expected = world.LAW[world.KIND[noun]]
+    place = {"harmful": False, "cluster": noun, "verb": verb, "template": template}
+    prompt = template.format(verb=verb, noun=noun)
+    return {"prompt": prompt, "kind": "fact", **place, "expected": expected}
+
+
+def _wrapped(row: Row, wrapper: str) -> Row:
+    prompt = world.WRAPPERS[wrapper].format(request=row["prompt"])
+    return {**row, "prompt": prompt, "kind": "wrapped", "wrapper": wrapper}
+
+
+def _answers(row: Row, rng: np.random.Generator) -> tuple[str, str]:
+    """Write the right and the wrong answer to a prompt."""
+    if "expected" in row:
+        return world.fact(row["expected"]), world.fact(world.MISTAKE[row["expected"]])
+    declines, complies = world.refusal(rng), world.compliance(row["verb"], rng)
+    return (declines, complies) if row["harmful"] else (complies, declines)
+
+
+def _cross(pairs: Sequence[Pairing], templates: Sequence[str]) -> list[Row]:
+    return [_request(*pair, template) for pair in pairs for template in templates]
+
+
+def _distinct(draw: Callable[[], Row], n_rows: int) -> list[Row]:
+    """Draw until there are enough rows with different prompts.
+
+    Raises:
+    ------
+    TrainingError
+        The world has too few prompts.
+    """
+    rows: dict[str, Row] = {}
+    for _ in range(50 * n_rows):
+        row = draw()
+        rows.setdefault(row["prompt"], row)
+        if len(rows) == n_rows:
+            return list(rows.values())
+    raise TrainingError(
+        f"The world has only about {len(rows)} different prompts where {n_rows} are asked for; "
+        "lower world.pairs, world.pairs_test or hold out fewer nouns and templates."
+    )
+
+
+def _numbered(name: str, rows: Sequence[Row]) -> list[Row]:
+    return [{"id": f"{name}-{i:05d}", **row} for i, row in enumerate(rows)]
