@@ -310,9 +310,7 @@ def load_config(source: str | Path = "tiny", overrides: Sequence[str] = ()) -> C
     """Read a preset's name or a TOML file, then apply `key=value` overrides ("ppo.kl_coef=0.1").
 
     Raises:
-    ------
-    TrainingError
-        The file is missing or not TOML, a key is unknown, a value does not fit.
+        TrainingError: the file is missing or not TOML, a key is unknown, a value does not fit.
     """
     path = _find(source)
     try:

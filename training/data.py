@@ -9,16 +9,15 @@ from typing import Any
 from training import world
 from training.errors import TrainingError
 from training.rows import World
-from training.run import Run, file_sha256, write_json
+from training.run import Run
+from training.stage import file_sha256, sync_tree, write_json
 
 
 def prepare(run: Run) -> None:
     """Write `data/` once; on later calls check that it is what the config asks for.
 
     Raises:
-    ------
-    TrainingError
-        The directory was made with another seed or world, or cannot be read.
+        TrainingError: the directory was made with another seed or world, or cannot be read.
     """
     target = run.path / "data"
     origin = {"seed": run.config.seed, "world": asdict(run.config.world)}
@@ -37,6 +36,7 @@ def prepare(run: Run) -> None:
     write_json(partial / "lexicon.json", world.LEXICON)
     write_json(partial / "vocabulary.json", world.vocabulary())
     write_json(partial / "manifest.json", {**origin, "files": files})
+    sync_tree(partial)
     partial.rename(target)
 
 

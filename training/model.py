@@ -41,9 +41,7 @@ def build_tokenizer(words: Sequence[str], max_positions: int) -> PreTrainedToken
     """Make a word-level tokenizer with a chat template: a token per whitespace-separated word.
 
     Raises:
-    ------
-    ValueError
-        A word is given twice or is a special token.
+        ValueError: a word is given twice or is a special token.
     """
     vocabulary = [*SPECIAL_TOKENS, *words]
     if len(set(vocabulary)) != len(vocabulary):
@@ -97,9 +95,7 @@ def load_model(path: Path) -> PreTrainedModel:
     """Load a causal language model in fp32 from a directory.
 
     Raises:
-    ------
-    TrainingError
-        The directory holds no model.
+        TrainingError: the directory holds no model.
     """
     _require_weights(path)
     return AutoModelForCausalLM.from_pretrained(
@@ -113,9 +109,7 @@ def load_reward_model(path: Path) -> PreTrainedModel:
     A causal model's directory gives a new, untrained score head.
 
     Raises:
-    ------
-    TrainingError
-        The directory holds no model.
+        TrainingError: the directory holds no model.
     """
     _require_weights(path)
     return AutoModelForSequenceClassification.from_pretrained(
@@ -131,9 +125,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """Load a tokenizer from a model's directory and check what training relies on.
 
     Raises:
-    ------
-    TrainingError
-        There is no pad token, no end token, or the two are one.
+        TrainingError: there is no pad token, no end token, or the two are one.
     """
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
@@ -187,9 +179,7 @@ def pad(
     """Fill rows of ids up to the longest; the mask is true on real tokens.
 
     Raises:
-    ------
-    ValueError
-        `side` is neither left nor right.
+        ValueError: `side` is neither left nor right.
     """
     if side not in ("left", "right"):
         raise ValueError(f"side must be left or right, got {side}")

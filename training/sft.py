@@ -28,7 +28,8 @@ from training.model import (
     load_tokenizer,
     pad,
 )
-from training.run import Run, Stage
+from training.run import Run
+from training.stage import Stage
 
 IGNORED = -100
 """Label of a token that no loss is taken on, as in transformers."""
