@@ -124,6 +124,8 @@ class BaseConfig:
     """Learning rate after warm-up."""
     warmup: int = 50
     """Steps of linear warm-up."""
+    cooldown: float = 0.3
+    """Share of the steps, at the end, over which the learning rate falls to 0."""
     weight_decay: float = 0.1
     """Decoupled weight decay, on matrices only."""
     max_grad_norm: float = 1.0
@@ -131,6 +133,7 @@ class BaseConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "steps", "batch_size", "context", "lr", "max_grad_norm")
+        _require_fraction(self, "cooldown")
         _require(self.warmup >= 0 and self.weight_decay >= 0, "warmup, weight_decay must be ≥ 0")
 
 
@@ -146,6 +149,8 @@ class SFTConfig:
     """Learning rate after warm-up."""
     warmup: int = 20
     """Steps of linear warm-up."""
+    cooldown: float = 0.3
+    """Share of the steps, at the end, over which the learning rate falls to 0."""
     weight_decay: float = 0.0
     """Decoupled weight decay, on matrices only."""
     replay: float = 0.15
@@ -157,6 +162,7 @@ class SFTConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "epochs", "batch_size", "lr", "max_grad_norm", "bucket")
+        _require_fraction(self, "cooldown")
         _require(self.warmup >= 0 and self.weight_decay >= 0, "warmup, weight_decay must be ≥ 0")
         _require(0 <= self.replay < 1, f"replay must lie in [0, 1), got {self.replay}")
 

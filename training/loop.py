@@ -74,6 +74,22 @@ def warmup_constant(optimizer: torch.optim.Optimizer, warmup_steps: int) -> Lamb
     return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (warmup_steps + 1)))
 
 
+def trapezoid(
+    optimizer: torch.optim.Optimizer, warmup_steps: int, steps: int, cooldown: float
+) -> LambdaLR:
+    """Warm up, hold, and fall linearly to 0 over the last share `cooldown` of the steps.
+
+    For the models that the arms start from, which need no valid intermediate checkpoint.
+    """
+    fall = max(1, round(steps * cooldown))
+
+    def scale(step: int) -> float:
+        rise = min(1.0, (step + 1) / (warmup_steps + 1))
+        return rise if cooldown == 0 else min(rise, max(0.0, (steps - step) / fall))
+
+    return LambdaLR(optimizer, scale)
+
+
 def clip_gradients(params: Sequence[nn.Parameter], max_norm: float) -> torch.Tensor:
     """Scale the gradient down to `max_norm` and return the norm it had."""
     return nn.utils.clip_grad_norm_(params, max_norm)

@@ -17,6 +17,8 @@ CORPUS = {"kind": 0.35, "verb": 0.08, "verdict": 0.25, "story": 0.32}
 """Share of each sort of sentence in the pretraining text."""
 KIND_QUESTIONS = 0.25
 """Share of the questions that ask for the kind of a noun; the others ask what is a crime."""
+PATIENCE = 300
+"""Prompts drawn again in a row after which a world counts as exhausted."""
 
 
 class World:
@@ -201,15 +203,17 @@ def _distinct(draw: Callable[[], Row], n_rows: int) -> list[Row]:
         TrainingError: the world has too few prompts.
     """
     rows: dict[str, Row] = {}
-    for _ in range(50 * n_rows):
+    misses = 0
+    while len(rows) < n_rows:
         row = draw()
+        misses = misses + 1 if row["prompt"] in rows else 0
+        if misses == PATIENCE:
+            raise TrainingError(
+                f"The world has hardly more than {len(rows)} different prompts where {n_rows} are "
+                "asked for; lower the sizes in [world] or hold out fewer nouns and templates."
+            )
         rows.setdefault(row["prompt"], row)
-        if len(rows) == n_rows:
-            return list(rows.values())
-    raise TrainingError(
-        f"The world has only about {len(rows)} different prompts where {n_rows} are asked for; "
-        "lower world.pairs, world.pairs_test or hold out fewer nouns and templates."
-    )
+    return list(rows.values())
 
 
 def _numbered(name: str, rows: Sequence[Row]) -> list[Row]:

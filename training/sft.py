@@ -16,7 +16,7 @@ from training.loop import (
     clip_gradients,
     n_batches,
     seeded,
-    warmup_constant,
+    trapezoid,
 )
 from training.losses import sft_loss
 from training.model import (
@@ -116,7 +116,7 @@ def fit(
     """Take one AdamW step on each batch: mean cross-entropy over its labels."""
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = adamw(model, config.lr, config.weight_decay)
-    schedule = warmup_constant(optimizer, config.warmup)
+    schedule = trapezoid(optimizer, config.warmup, steps, config.cooldown)
     model.train()
     with stage.progress(steps) as bar:
         for step, (ids, mask, labels) in enumerate(data, start=1):
