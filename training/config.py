@@ -114,7 +114,7 @@ class ModelConfig:
 class BaseConfig:
     """Pretraining on packed text with a next-token loss."""
 
-    steps: int = 2_000
+    steps: int = 1_600
     """Optimiser steps."""
     batch_size: int = 16
     """Sequences a step."""
