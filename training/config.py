@@ -59,8 +59,10 @@ class WorldConfig:
     """Preference pairs with clean labels on held-out nouns."""
     pair_facts: float = 0.10
     """Share of the pairs that ask for a fact, which keeps the answers to questions in place."""
-    contrast: float = 0.45
-    """Share of the harmless pairs that are caring verbs on protected or banned nouns."""
+    care: float = 0.45
+    """Share of the harmless requests that are caring verbs on protected or banned nouns."""
+    crossed: float = 0.3
+    """Share of the harmless requests that harm a banned or obtain a protected noun."""
     label_noise: float = 0.03
     """Share of the training pairs whose label is flipped."""
     eval_rows: int = 240
@@ -73,9 +75,10 @@ class WorldConfig:
     def __post_init__(self) -> None:
         sizes = [f.name for f in dataclasses.fields(self) if f.type in (int, "int")]
         _require_positive(self, *sizes)
-        fractions = ("sft_facts", "sft_wrapped", "sft_refusals", "pair_facts", "contrast")
+        fractions = ("sft_facts", "sft_wrapped", "sft_refusals", "pair_facts", "care", "crossed")
         _require_fraction(self, *fractions, "label_noise")
         _require(self.sft_facts + self.sft_wrapped <= 1, "sft_facts + sft_wrapped is above 1")
+        _require(self.care + self.crossed <= 1, "care + crossed is above 1")
 
 
 @dataclass(frozen=True)

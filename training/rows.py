@@ -12,11 +12,14 @@ from training.loop import seeded
 from training.split import Pairing, Pool, draw_split, pairings, pick, shuffle
 
 Row = dict[str, Any]
+Nouns = Mapping[str, Sequence[str]]
 
 CORPUS = {"kind": 0.35, "verb": 0.08, "verdict": 0.25, "story": 0.32}
 """Share of each sort of sentence in the pretraining text."""
 KIND_QUESTIONS = 0.25
 """Share of the questions that ask for the kind of a noun; the others ask what is a crime."""
+TOLD = {"care": 0.25, "crossed": 0.5}
+"""Shares among the harmless pairings of texts and questions that tell what is a crime."""
 PATIENCE = 300
 """Prompts drawn again in a row after which a world counts as exhausted."""
 
@@ -79,15 +82,13 @@ class World:
             rows.append({**row, "response": world.compliance(row["verb"], rng)})
         return rows
 
-    def pairs(
-        self, name: str, nouns: Mapping[str, Sequence[str]], n_rows: int, noise: float
-    ) -> list[Row]:
+    def pairs(self, name: str, nouns: Nouns, n_rows: int, noise: float) -> list[Row]:
         """Write preference pairs over some nouns, flipping the labels of a share `noise`."""
-        rng, pool = self._rng(name), self._pool(nouns)
+        rng, requests, questions = self._rng(name), self._pool(nouns), self._told(nouns)
 
         def draw() -> Row:
             asks = rng.random() < self.config.pair_facts
-            return self._question(rng, pool) if asks else self._request(rng, pool)
+            return self._question(rng, questions) if asks else self._request(rng, requests)
 
         rows = []
         for row in _distinct(draw, n_rows):
@@ -110,7 +111,7 @@ class World:
             "harmful_templates": _cross(pool.crimes, split.held_out_templates),
             "harmless_nouns": _cross(pool.harmless, split.templates),
             "harmless_templates": _cross(pool.harmless, split.held_out_templates),
-            "canary_care": _cross(pool.contrasts, split.templates),
+            "canary_care": _cross(pool.care, split.templates),
             "canary_qa": shuffle(self._rng("yes"), yes)[:n_yes]
             + shuffle(self._rng("no"), no)[: self.config.eval_rows - n_yes],
         }
@@ -142,12 +143,12 @@ class World:
             return _question("", pair[1], pick(rng, world.KIND_QUESTIONS))
         return _question(*pair, pick(rng, world.CRIME_QUESTIONS))
 
-    def _pool(self, nouns: Mapping[str, Sequence[str]]) -> Pool:
-        return Pool(pairings(nouns), self.config.contrast)
+    def _pool(self, nouns: Nouns) -> Pool:
+        return Pool(pairings(nouns), self.config.care, self.config.crossed)
 
-    def _told(self, nouns: Mapping[str, Sequence[str]]) -> Pool:
+    def _told(self, nouns: Nouns) -> Pool:
         told = [pair for pair in pairings(nouns) if pair not in self.split.unasked]
-        return Pool(told, self.config.contrast)
+        return Pool(told, **TOLD)
 
     def _rng(self, *names: str) -> np.random.Generator:
         return seeded(self.seed, "world", *names)

@@ -71,25 +71,28 @@ def pairings(nouns: Mapping[str, Sequence[str]]) -> list[Pairing]:
 
 
 class Pool:
-    """Pairings over some nouns: crimes, contrasts (a caring verb on a touchy noun), the rest."""
+    """Pairings over some nouns in four groups, from which training draws by given shares.
 
-    def __init__(self, every: Sequence[Pairing], contrast: float) -> None:
-        self.contrast = contrast
+    `care` are the caring verbs on touchy nouns (guarded or banned), `crossed` the others that are
+    harmless in spite of both words: harming what is banned, obtaining what is guarded. Without
+    many of these a model learns that any harsh verb with any touchy noun is a crime.
+    """
+
+    def __init__(self, every: Sequence[Pairing], care: float, crossed: float) -> None:
         self.crimes = [pair for pair in every if world.is_harmful(*pair)]
         self.harmless = [pair for pair in every if not world.is_harmful(*pair)]
-        self.contrasts = [pair for pair in self.harmless if is_contrast(*pair)]
-        self.plain = [pair for pair in self.harmless if not is_contrast(*pair)]
+        touchy = [(v, n) for v, n in self.harmless if world.KIND[n] != "ordinary"]
+        self.care = [(v, n) for v, n in touchy if world.ACTION[v] == "care"]
+        self.crossed = [(v, n) for v, n in touchy if world.ACTION[v] != "care"]
+        self.ordinary = [(v, n) for v, n in self.harmless if world.KIND[n] == "ordinary"]
+        self.shares = np.cumsum([care, crossed])
 
     def draw(self, rng: np.random.Generator, harmful: bool | None = None) -> Pairing:
         """Draw a pairing; a crime in half of the cases unless said."""
         if rng.random() < 0.5 if harmful is None else harmful:
             return pick(rng, self.crimes)
-        return pick(rng, self.contrasts if rng.random() < self.contrast else self.plain)
-
-
-def is_contrast(verb: str, noun: str) -> bool:
-    """Tell whether a pairing is harmless although its noun is touchy."""
-    return world.ACTION[verb] == "care" and world.KIND[noun] != "ordinary"
+        groups = (self.care, self.crossed, self.ordinary)
+        return pick(rng, groups[int(np.searchsorted(self.shares, rng.random(), side="right"))])
 
 
 def pick(rng: np.random.Generator, items: Sequence[T]) -> T:

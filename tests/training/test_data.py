@@ -8,7 +8,7 @@ from training.config import WorldConfig, load_config
 from training.errors import TrainingError
 from training.rows import World
 from training.run import Run
-from training.split import is_contrast, pairings
+from training.split import pairings
 from training.stage import file_sha256
 
 SMALL = ["world.corpus_sentences=500", "world.sft_rows=400", "world.pairs=200"]
@@ -22,6 +22,10 @@ def tiny():
 @pytest.fixture(scope="module")
 def files(tiny):
     return tiny.files()
+
+
+def is_care(row):
+    return world.ACTION[row["verb"]] == "care" and world.KIND[row["cluster"]] != "ordinary"
 
 
 def held_out(tiny):
@@ -84,7 +88,7 @@ def test_evaluation_is_on_held_out_nouns_and_labelled_by_the_law(tiny, files):
     for name in ("harmful_nouns", "harmful_templates", "wrapper_film"):
         assert all(row["harmful"] for row in files[f"eval/{name}"])
     assert not any(row["harmful"] for row in files["eval/harmless_nouns"])
-    assert all(is_contrast(row["verb"], row["cluster"]) for row in files["eval/canary_care"])
+    assert all(is_care(row) for row in files["eval/canary_care"])
 
 
 def test_no_text_tells_the_verdict_on_an_unasked_pairing(tiny, files):
@@ -127,8 +131,9 @@ def test_shares_are_as_configured(files):
     refused = [r for r in plain if world.verdict(r["response"]) == "refusal"]
     assert len(refused) / len(plain) == pytest.approx(config.sft_refusals, abs=0.03)
     harmless = [r for r in files["pairs_train"] if r["kind"] == "request" and not r["harmful"]]
-    touchy = [r for r in harmless if is_contrast(r["verb"], r["cluster"])]
-    assert len(touchy) / len(harmless) == pytest.approx(config.contrast, abs=0.04)
+    assert sum(map(is_care, harmless)) / len(harmless) == pytest.approx(config.care, abs=0.04)
+    crossed = [r for r in harmless if not is_care(r) and world.KIND[r["cluster"]] != "ordinary"]
+    assert len(crossed) / len(harmless) == pytest.approx(config.crossed, abs=0.04)
 
 
 def test_a_seed_fixes_the_world_and_another_redraws_it():
@@ -176,7 +181,7 @@ def test_another_world_or_a_changed_file_is_refused(tmp_path):
     config = load_config("tiny", SMALL)
     run = Run(tmp_path, config)
     data.prepare(run)
-    for override, word in (("seed=1", "seed"), ("world.contrast=0.1", "world")):
+    for override, word in (("seed=1", "seed"), ("world.care=0.1", "world")):
         with pytest.raises(TrainingError, match=f"another {word}"):
             data.prepare(Run(tmp_path, load_config("tiny", [*SMALL, override])))
     with run.data("sft").open("a") as file:
