@@ -117,7 +117,7 @@ class ModelConfig:
 class BaseConfig:
     """Pretraining on packed text with a next-token loss."""
 
-    steps: int = 1_600
+    steps: int = 1_400
     """Optimiser steps."""
     batch_size: int = 16
     """Sequences a step."""
