@@ -102,7 +102,8 @@ class AffineAblation:
 
         def edit(name: str) -> Any:
             # μ's component along r̂ at each place: [place], or [place, batch].
-            target = (self.means[name].to(model.device) @ unit.double().mT).float()
+            axes = unit if unit.ndim == 1 else unit.mT
+            target = (self.means[name].to(model.device) @ axes.double()).float()
 
             def hook_fn(x: Float[Tensor, "batch pos d_model"], hook: Any) -> Tensor:
                 wanted = target[places.current] if unit.ndim == 1 else _per_row(target, places)
@@ -121,7 +122,8 @@ class Addition:
     Arditi et al. 2024, eq. 3, who add at all positions.
     """
 
-    vector: Float[Tensor, " d_model"]
+    vector: Float[Tensor, "*batch d_model"]
+    """r, with its own norm; or one for each row of the batch."""
     layer: int
     alpha: float = 1.0
     positions: Positions = "last"

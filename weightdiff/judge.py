@@ -97,9 +97,9 @@ class Lexicon:
             value = mapping.get(field, [])
             if not isinstance(value, list | tuple):
                 raise ValueError(f"{field} must be a list, got {type(value).__name__}")
-        return cls(
-            *(tuple(mapping.get(field, ())) for field in _FIELDS), rule=mapping.get("rule", "text")
-        )
+        tokens, refusals, objections, compliances = (tuple(mapping.get(f, ())) for f in _FIELDS)
+        rule = mapping.get("rule", "text")
+        return cls(tokens, refusals, objections, compliances, rule=rule)
 
     @classmethod
     def load(cls, source: str | os.PathLike[str]) -> "Lexicon":
