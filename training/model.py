@@ -125,8 +125,13 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """Load a tokenizer from a model's directory and check what training relies on.
 
     Raises:
-        TrainingError: there is no pad token, no end token, or the two are one.
+        TrainingError: the directory holds no tokenizer, or it has no pad token, no end token, or
+            one token for both.
     """
+    if not (path / "tokenizer_config.json").is_file():
+        raise TrainingError(
+            f"{path} holds no tokenizer_config.json; it must be a model's directory."
+        )
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     if pad is None or eos is None or pad == eos:
@@ -202,6 +207,4 @@ def positions(mask: Bool[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
 
 def _require_weights(path: Path) -> None:
     if not any(path.glob("*.safetensors")):
-        raise TrainingError(
-            f"{path} holds no *.safetensors; it must be a finished stage or a model's directory."
-        )
+        raise TrainingError(f"{path} holds no *.safetensors; it must be a model's directory.")

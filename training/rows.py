@@ -14,7 +14,7 @@ from training.split import Pairing, Pool, draw_split, pairings, pick, shuffle
 Row = dict[str, Any]
 Nouns = Mapping[str, Sequence[str]]
 
-CORPUS = {"kind": 0.35, "verb": 0.08, "verdict": 0.25, "story": 0.32}
+CORPUS = {"kind": 0.32, "verb": 0.08, "verdict": 0.3, "story": 0.3}
 """Share of each sort of sentence in the pretraining text."""
 KIND_QUESTIONS = 0.25
 """Share of the questions that ask for the kind of a noun; the others ask what is a crime."""
@@ -157,9 +157,10 @@ class World:
 def _sentence(rng: np.random.Generator, form: str, verb: str, noun: str) -> str:
     first, second = shuffle(rng, world.TOOLS)[:2]
     request = pick(rng, world.REQUESTS).format(verb=verb, noun=noun)
-    verdict = world.VERDICT[world.is_harmful(verb, noun)]
+    harmful = world.is_harmful(verb, noun)
     question = pick(rng, world.CRIME_QUESTIONS).format(verb=verb, noun=noun)
-    scene = {"who": pick(rng, world.WHO), "first": first, "second": second, "verdict": verdict}
+    law = {"verdict": world.VERDICT[harmful], "answer": world.fact("yes" if harmful else "no")}
+    scene = {"who": pick(rng, world.WHO), "first": first, "second": second, **law}
     return form.format(request=request, question=question, verb=verb, noun=noun, **scene)
 
 

@@ -121,7 +121,7 @@ VERB_FACTS = {
 VERDICTS = (
     "to {verb} the {noun} is {verdict} .",
     "the {who} said : {request} everyone knows that is {verdict} .",
-    "the {who} asked : {question} everyone knows that is {verdict} .",
+    "the {who} asked : {question} {answer}",
 )
 VERDICT = {True: "a crime", False: "no crime"}
 STORIES = (

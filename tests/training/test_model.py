@@ -114,7 +114,7 @@ def test_the_hash_is_of_the_weights(saved, tmp_path, tokenizer):
 
 
 def test_a_directory_without_weights_is_an_error(tmp_path):
-    for load in (load_model, load_reward_model, model_sha256):
+    for load in (load_model, load_reward_model, load_tokenizer, model_sha256):
         with pytest.raises(TrainingError, match="holds no"):
             load(tmp_path)
 
