@@ -2,6 +2,7 @@
 
 import html
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -151,14 +152,15 @@ def page(comparison: "Comparison") -> Page:
         f"{total['numel']:,} parameters changed by {total['rel']:.3g} of their norm; "
         f"{total['unchanged_bits']:.1%} of them kept their bits."
     )
-    made = Page(f"{meta['a']['path']} → {meta['b']['path']}", lead)
+    made = Page(f"{Path(meta['a']['path']).name} → {Path(meta['b']['path']).name}", lead)
+    made.text(f"A is {meta['a']['path']}, B is {meta['b']['path']}.")
     for warning in meta["warnings"]:
         made.text(f"Note: {warning}.")
     made.section("Components", _READING)
     made.figure(
         comparison.plot.components(),
         alt="Share of the squared change and share of the parameters of each component",
-        caption="Numbers over the bars: enrichment, the ratio of the two.",
+        caption="Coloured: share of ‖Δ‖²; grey: share of the parameters; above: enrichment.",
     )
     made.table(comparison.summary(), formats=_formats(comparison.summary().columns))
     made.section("Layers")
