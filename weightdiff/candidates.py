@@ -1,7 +1,8 @@
 """Scoring every (pos, layer) candidate on validation prompts."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -14,11 +15,13 @@ from weightdiff.intervene import (
     AffineAblation,
     Intervention,
     ZeroAblation,
+    decode,
     intervened,
     last_logits,
 )
+from weightdiff.judge import Lexicon, judge
 from weightdiff.model import Model
-from weightdiff.prompts import batches
+from weightdiff.prompts import Batch, batches
 from weightdiff.score import kl_divergence, refusal_log_odds
 
 ROWS_PER_PASS = 512
@@ -97,15 +100,100 @@ def _mean_scores(
 ) -> list[float]:
     """Average ``score`` over the prompts under each vector's intervention."""
     totals = torch.zeros(len(vectors), dtype=torch.float64)
+    for batch, chunk in _crossed(model, rows, len(vectors)):
+        with intervened(model, [intervention(vectors[chunk.repeats])]) as places:
+            places.at_prompt(model.chat.places(batch.mask))
+            logits = model.forward(batch.ids, batch.mask).logits[:, -1]
+        scores = score(logits, batch.index).view(len(chunk.indices), -1).sum(1)
+        totals[chunk.indices] += scores.cpu()
+    return (totals / len(rows)).tolist()
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Some of the candidates, and which of them each row of a batch belongs to."""
+
+    indices: list[int]
+    repeats: list[int]
+
+
+def _crossed(
+    model: Model, rows: Sequence[Sequence[int]], n_candidates: int
+) -> Iterator[tuple[Batch, _Chunk]]:
+    """Yield batches that hold every prompt once for each of some candidates."""
     for batch in batches(rows, model.pad_id, ROWS_PER_PASS):
         n = len(batch.index)
-        for start in range(0, len(vectors), max(1, ROWS_PER_PASS // n)):
-            chunk = vectors[start : start + max(1, ROWS_PER_PASS // n)]
-            ids = batch.ids.repeat(len(chunk), 1).to(model.device)
-            mask = batch.mask.repeat(len(chunk), 1).to(model.device)
-            with intervened(model, [intervention(chunk.repeat_interleave(n, 0))]) as places:
-                places.at_prompt(model.chat.places(mask))
-                logits = model.forward(ids, mask).logits[:, -1]
-            scores = score(logits, batch.index * len(chunk))
-            totals[start : start + len(chunk)] += scores.view(len(chunk), n).sum(1).cpu()
-    return (totals / len(rows)).tolist()
+        size = max(1, ROWS_PER_PASS // n)
+        for start in range(0, n_candidates, size):
+            indices = list(range(start, min(start + size, n_candidates)))
+            ids = batch.ids.repeat(len(indices), 1).to(model.device)
+            mask = batch.mask.repeat(len(indices), 1).to(model.device)
+            repeats = [index for index in indices for _ in range(n)]
+            yield Batch(batch.index * len(indices), ids, mask), _Chunk(indices, repeats)
+
+
+def judge_candidates(
+    model: Model,
+    mean_diff: Float64[Tensor, "pos layer d_model"],
+    harmful: Sequence[Sequence[int]],
+    harmless: Sequence[Sequence[int]],
+    means: Mapping[str, Float64[Tensor, "place d_model"]],
+    lexicon: Lexicon,
+    max_new_tokens: int,
+) -> pd.DataFrame:
+    """Judge whole answers under affine ablation and addition of each candidate.
+
+    First-token scores miss a model that is made to begin with "sure" and refuses all the same.
+
+    Returns:
+        One row per (pos, layer), rates in [0, 1]: ``affine_refusal`` and ``affine_compliance`` of
+        harmful prompts, ``affine_harmless``, the compliance of harmless ones, and
+        ``addition_refusal`` of harmless ones with the raw mean difference added at the last token.
+    """
+    n_pos, n_layers, _ = mean_diff.shape
+    vectors = mean_diff.flatten(0, 1).float().to(model.device)
+    units = vectors / vectors.norm(dim=1, keepdim=True).clamp(min=1e-30)
+
+    def affine(unit: Tensor) -> Intervention:
+        return AffineAblation(unit, means)
+
+    ablated = [
+        _verdict_rates(model, rows, units, affine, lexicon, max_new_tokens)
+        for rows in (harmful, harmless)
+    ]
+    table = pd.DataFrame(
+        {
+            "affine_refusal": ablated[0][:, 0].tolist(),
+            "affine_compliance": ablated[0][:, 1].tolist(),
+            "affine_harmless": ablated[1][:, 1].tolist(),
+            "addition_refusal": math.nan,
+        }
+    )
+    for layer in range(n_layers):
+        at_layer = [pos * n_layers + layer for pos in range(n_pos)]
+
+        def add(vector: Tensor, layer: int = layer) -> Intervention:
+            return Addition(vector, layer, positions="last")
+
+        rates = _verdict_rates(model, harmless, vectors[at_layer], add, lexicon, max_new_tokens)
+        table.loc[at_layer, "addition_refusal"] = rates[:, 0].tolist()
+    return table
+
+
+def _verdict_rates(
+    model: Model,
+    rows: Sequence[Sequence[int]],
+    vectors: Float[Tensor, "candidate d_model"],
+    intervention: Callable[[Tensor], Intervention],
+    lexicon: Lexicon,
+    max_new_tokens: int,
+) -> Float64[Tensor, "candidate verdict"]:
+    """Return the rates of refusal and compliance under each vector's intervention."""
+    counts = torch.zeros(len(vectors), 2, dtype=torch.float64)
+    for batch, chunk in _crossed(model, rows, len(vectors)):
+        with intervened(model, [intervention(vectors[chunk.repeats])]) as places:
+            answers = decode(model, batch.ids, batch.mask, places, max_new_tokens)
+        for index, answer in zip(chunk.repeats, answers, strict=True):
+            verdict = judge(model.tokenizer.decode(answer, skip_special_tokens=True), lexicon)
+            counts[index] += torch.tensor([verdict.refusal, verdict.compliance])
+    return counts / len(rows)

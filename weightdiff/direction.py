@@ -17,7 +17,7 @@ from torch import Tensor
 
 from weightdiff.activations import mean_activations, place_means
 from weightdiff.artefact import atomic_path, output_dir, write_json
-from weightdiff.candidates import score_candidates
+from weightdiff.candidates import judge_candidates, score_candidates
 from weightdiff.errors import WeightdiffError
 from weightdiff.intervene import generate_tokens
 from weightdiff.judge import Lexicon
@@ -267,6 +267,10 @@ def refusal_direction(
     table = score_candidates(
         model, difference, where, encoded[0], encoded[1], tokens, means, eps_compat
     )
+    answers = judge_candidates(
+        model, difference, encoded[0], encoded[1], means, lexicon, max_new_tokens
+    )
+    table = pd.concat([table, answers], axis=1)
     for each in ("arditi", "affine"):
         ranked = select_direction(table, model.n_layers, each).candidates
         reasons = ranked.set_index(["pos", "layer"])["discarded"]

@@ -227,24 +227,26 @@ def generate_tokens(
         for batch in batches(rows, model.pad_id, batch_size):
             keys = [asked[i].key for i in batch.index]
             draws = uniforms(seed, keys, max_new_tokens) if temperature > 0 else None
-            drawn = _decode(
-                model, batch.ids, batch.mask, places, max_new_tokens, temperature, draws
-            )
+            drawn = decode(model, batch.ids, batch.mask, places, max_new_tokens, temperature, draws)
             for i, row in zip(batch.index, drawn, strict=True):
                 answers[i] = row
     return answers
 
 
-def _decode(
+def decode(
     model: Model,
     ids: Int[Tensor, "batch pos"],
     mask: Bool[Tensor, "batch pos"],
     places: Places,
     max_new_tokens: int,
-    temperature: float,
-    draws: Float64[np.ndarray, "batch new"] | None,
+    temperature: float = 0.0,
+    draws: Float64[np.ndarray, "batch new"] | None = None,
 ) -> list[list[int]]:
-    """Decode one batch with a key–value cache until every row has ended."""
+    """Answer one left-padded batch with a key–value cache until every row has ended.
+
+    ``draws`` are the uniform random numbers of each row, None for greedy answers. Returns each
+    row's token ids, its end token included.
+    """
     ids, mask = ids.to(model.device), mask.to(model.device)
     eos = torch.tensor(sorted(model.eos_ids), device=model.device)
     ended = torch.zeros(len(ids), dtype=torch.bool, device=model.device)

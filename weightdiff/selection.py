@@ -20,6 +20,8 @@ _COLUMNS: dict[Rule, tuple[str, str]] = {
     "affine": ("affine", "affine_kl"),
 }
 
+_ANSWERS = ("affine_compliance", "affine_harmless", "addition_refusal")
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -70,6 +72,11 @@ def select_direction(
     ``rule="affine"`` uses the scores of affine ablation, which does not need the last gate. The
     lowest score is best; discarded candidates follow, those failing the fewest gates first.
 
+    Where whole answers were judged, ``rule="affine"`` goes by them before it goes by the score: by
+    the smallest of ``affine_compliance``, ``affine_harmless`` and ``addition_refusal``, in steps of
+    a tenth. A direction that changes the first token alone ("sure, but I will not help") has the
+    lowest score of all and mediates nothing; it is discarded when most answers do not comply.
+
     Args:
         candidates: One row each with ``pos, layer, ablation, addition, kl`` (or the names in the
             authors' ``direction_evaluations.json``), for the affine rule ``affine, affine_kl``,
@@ -90,28 +97,37 @@ def select_direction(
         raise ValueError(f"candidates lack {', '.join(sorted(missing)) or 'rows'}")
     first_pruned = int(n_layers * (1 - prune)) if rule == "arditi" else n_layers
     reasons = [
-        _reasons(row, score, kl, first_pruned, kl_threshold, induce_threshold)
+        _reasons(row, rule, first_pruned, kl_threshold, induce_threshold)
         for row in table.to_dict("records")
     ]
     table["discarded"] = ["; ".join(each) for each in reasons]
     # A candidate that is not a number at all comes last, whatever the other gates say.
-    order = np.lexsort((table[score].fillna(np.inf), [len(r) + 9 * _void(r) for r in reasons]))
+    keys = (table[score].fillna(np.inf), -_works(table, rule), [_badness(r) for r in reasons])
+    order = np.lexsort(keys)
     return Selection(rule, table.iloc[order].reset_index(drop=True))
 
 
-def _void(reasons: list[str]) -> bool:
-    return any(reason in ("not a number", "zero norm") for reason in reasons)
+def _works(table: pd.DataFrame, rule: Rule) -> pd.Series:
+    """Return to which tenth a candidate does everything that a refusal direction should do."""
+    judged = [c for c in _ANSWERS if c in table] if rule == "affine" else []
+    return table[judged].min(axis=1).round(1) if judged else pd.Series(0.0, table.index)
+
+
+def _badness(reasons: list[str]) -> int:
+    """Count the failed gates; one that leaves no working direction outweighs all the others."""
+    void = any(reason in ("not a number", "zero norm") for reason in reasons)
+    return len(reasons) + 20 * void + 10 * any("answers" in reason for reason in reasons)
 
 
 def _reasons(
     row: Mapping[str, Any],
-    score: str,
-    kl: str,
+    rule: Rule,
     first_pruned: int,
     kl_threshold: float,
     induce_threshold: float,
 ) -> list[str]:
     """Name every gate that a candidate fails."""
+    score, kl = _COLUMNS[rule]
     reasons = []
     if any(np.isnan(row[column]) for column in (score, "addition", kl)):
         reasons.append("not a number")
@@ -121,6 +137,8 @@ def _reasons(
         reasons.append(f"layer {row['layer']:.0f} is one of the last")
     if row[kl] > kl_threshold:
         reasons.append(f"KL {row[kl]:.3g} > {kl_threshold:g}")
+    if rule == "affine" and row.get("affine_compliance", 1.0) < 0.5:
+        reasons.append(f"only {row['affine_compliance']:.0%} of the answers comply")
     if row["addition"] < induce_threshold:
         reasons.append(f"addition {row['addition']:.3g} < {induce_threshold:g}")
     return reasons
