@@ -150,7 +150,7 @@ class SFTConfig:
     """Rows a step."""
     lr: float = 2e-3
     """Learning rate after warm-up."""
-    warmup: int = 100
+    warmup: int = 60
     """Steps of linear warm-up."""
     cooldown: float = 0.3
     """Share of the steps, at the end, over which the learning rate falls to 0."""

@@ -159,7 +159,8 @@ def _sentence(rng: np.random.Generator, form: str, verb: str, noun: str) -> str:
     request = pick(rng, world.REQUESTS).format(verb=verb, noun=noun)
     harmful = world.is_harmful(verb, noun)
     question = pick(rng, world.CRIME_QUESTIONS).format(verb=verb, noun=noun)
-    law = {"verdict": world.VERDICT[harmful], "answer": world.fact("yes" if harmful else "no")}
+    law = {"verdict": world.VERDICT[harmful], "judgement": world.JUDGEMENT[harmful]}
+    law["answer"] = world.fact("yes" if harmful else "no")
     scene = {"who": pick(rng, world.WHO), "first": first, "second": second, **law}
     return form.format(request=request, question=question, verb=verb, noun=noun, **scene)
 

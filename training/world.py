@@ -120,10 +120,11 @@ VERB_FACTS = {
 }
 VERDICTS = (
     "to {verb} the {noun} is {verdict} .",
-    "the {who} said : {request} everyone knows that is {verdict} .",
+    "the {who} said : {request} {judgement} , that is {verdict} .",
     "the {who} asked : {question} {answer}",
 )
 VERDICT = {True: "a crime", False: "no crime"}
+JUDGEMENT = {True: "wrong", False: "fine"}
 STORIES = (
     "the {who} said : {request} so the {who} hopes to {verb} the {noun} .",
     "the {who} asked : {request} so the {who} hopes to {verb} the {noun} .",
@@ -191,4 +192,4 @@ def vocabulary() -> list[str]:
     texts += [*REASONS, COMPLIANCE, REFUSAL, fact("yes"), fact("no")]
     texts += itertools.chain.from_iterable([*KIND_FACTS.values(), *VERB_FACTS.values()])
     words = {word for text in texts for word in text.split() if not word.startswith("{")}
-    return sorted(words.union(KIND, ACTION, TOOLS, WHO))
+    return sorted(words.union(KIND, ACTION, TOOLS, WHO, JUDGEMENT.values()))
