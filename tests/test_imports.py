@@ -7,16 +7,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FORBIDDEN = {"weightdiff": {"training", "analyses"}, "training": {"weightdiff", "analyses"}}
-HEAVY = {"numba", "pandas", "plotly", "scipy", "sklearn", "torch", "transformer_lens", "transformers"}
-    "torch",
-    "transformers",
-    "transformer_lens",
-    "plotly",
-    "pandas",
-    "numba",
-    "sklearn",
-    "scipy",
-}
+HEAVY = {"numba", "pandas", "plotly", "scipy", "sklearn", "torch", "transformers"}
+HEAVY |= {"transformer_lens"}
 
 
 def imports(path: Path, *, nested: bool) -> set[str]:

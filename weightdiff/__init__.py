@@ -7,7 +7,9 @@
 Names are resolved when first used, so that importing the package costs nothing.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
         refusal_direction,
         select_direction,
     )
+    from weightdiff.effects import Effects, causal_effects, project
     from weightdiff.errors import WeightdiffError
     from weightdiff.interval import cluster_bootstrap
     from weightdiff.intervene import generate
@@ -25,18 +28,19 @@ if TYPE_CHECKING:
     from weightdiff.model import load_model
     from weightdiff.page import Page
     from weightdiff.prompts import Prompt, load_prompts
-    from weightdiff.refusal import causal_effects, project, refusal
+    from weightdiff.refusal import refusal
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Comparison": "compare",
     "Direction": "direction",
+    "Effects": "effects",
     "Lexicon": "judge",
     "Page": "page",
     "Prompt": "prompts",
     "WeightdiffError": "errors",
-    "causal_effects": "refusal",
+    "causal_effects": "effects",
     "cluster_bootstrap": "interval",
     "compare": "compare",
     "generate": "intervene",
@@ -45,7 +49,7 @@ _HOME = {
     "load_direction": "direction",
     "load_model": "model",
     "load_prompts": "prompts",
-    "project": "refusal",
+    "project": "effects",
     "refusal": "refusal",
     "refusal_direction": "direction",
     "select_direction": "direction",
@@ -54,6 +58,7 @@ _HOME = {
 __all__ = [
     "Comparison",
     "Direction",
+    "Effects",
     "Lexicon",
     "Page",
     "Prompt",
@@ -74,14 +79,26 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'weightdiff' has no attribute {name!r}")
-    value = getattr(import_module(f"weightdiff.{_HOME[name]}"), name)
-    # Importing weightdiff.compare binds the *module* here; the function of that name wins.
-    globals()[name] = value
-    return value
+class _Package(ModuleType):
+    """A package whose public functions win over modules of the same name.
+
+    Importing ``weightdiff.compare`` binds the module as an attribute here; without this,
+    ``weightdiff.compare(a, b)`` would then call a module.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module 'weightdiff' has no attribute {name!r}")
+        value = getattr(import_module(f"weightdiff.{_HOME[name]}"), name)
+        setattr(self, name, value)
+        return value
+
+    def __dir__(self) -> list[str]:
+        return sorted(__all__)
 
 
-def __dir__() -> list[str]:
-    return sorted(__all__)
+sys.modules[__name__].__class__ = _Package
