@@ -7,7 +7,7 @@ the instruction, and everything generated), or ``last`` (the last prompt token a
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -53,6 +53,7 @@ class Places:
         return self.last | (self.current > self.n_prefix)
 
 
+@runtime_checkable
 class Intervention(Protocol):
     """Something that edits the residual stream."""
 
