@@ -86,7 +86,7 @@ def frontier(run: Run) -> go.Figure:
     table = ledgers(run)
     plot = figure("True reward against distance from SFT, along training", 380)
     for arm, rows in table.groupby("checkpoint", sort=False):
-        matched = run.matched.get(arm, {}).get("step")
+        matched = run.matched.get("snapshots", {}).get(arm, {}).get("step")
         ring = [3 if step == matched else 0 for step in rows["step"]]
         plot.add_scatter(
             name=arm,

@@ -1,8 +1,8 @@
 """What does each step of alignment change in the weights, by layer and by component?
 
 The steps are base → SFT, SFT → PPO and SFT → DPO; PPO and DPO are also compared with each other, at
-the end of training and at the pair of snapshots whose KL to SFT is nearest. The end of training says
-little about the algorithms: with Adam it is mostly the learning rate times the number of steps.
+the end of training and at the pair of snapshots whose KL to SFT is nearest. The end of training
+says little about the algorithms: with Adam it is mostly learning rate times number of steps.
 """
 
 import json
@@ -41,7 +41,7 @@ def pairs(run: Run) -> list[Pair]:
     """List the pairs that the finished stages allow, the matched snapshots last."""
     found = [Pair(f"{a} → {b}", run.dir(a), run.dir(b)) for a, b in STEPS if has(run, a, b)]
     if run.matched:
-        ppo, dpo = (run.path / run.matched[name]["path"] for name in ("ppo", "dpo"))
+        ppo, dpo = (run.path / run.matched["snapshots"][name]["path"] for name in ("ppo", "dpo"))
         found += [
             Pair("sft → ppo @ KL", run.dir("sft"), ppo),
             Pair("sft → dpo @ KL", run.dir("sft"), dpo),
