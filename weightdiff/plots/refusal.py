@@ -21,8 +21,8 @@ _PANELS = (
 _DASHES = ("solid", "dot")
 _NAMES = {
     "none": "none",
-    "zero": "zero-ablation",
-    "affine": "affine ablation",
+    "zero": "zero-<br>ablation",
+    "affine": "affine<br>ablation",
     "addition": "addition",
 }
 
@@ -71,6 +71,7 @@ def candidates(table: "pd.DataFrame", info: Any = None) -> go.Figure:
                     line={"color": colour, "dash": dash},
                     hovertemplate=f"{score}, {label}, layer %{{x}}: %{{y:.3g}}<extra></extra>",
                 )
+    made.add_hline(y=0.1, row=1, col=3, line={"color": theme.MUTED, "width": 1, "dash": "dash"})
     made.update_xaxes(title_text="layer (resid_pre)", dtick=max(1, int(table["layer"].max()) // 8))
     made.update_annotations(font_size=12)
     made.update_layout(
@@ -83,13 +84,13 @@ def effects(table: "pd.DataFrame") -> go.Figure:
     """Draw rates with their intervals from the table of `causal_effects`."""
     titles = ("harmful prompts", "harmless prompts")
     made = make_subplots(1, 2, subplot_titles=titles, shared_yaxes=True)
-    made.update_layout(theme.figure(height=400).layout, barmode="group")
+    made.update_layout(theme.figure(height=400).layout, barmode="group", scattermode="group")
     colours = {"refusal": theme.VERMILION, "compliance": theme.BLUE}
     for column, prompts in enumerate(("harmful", "harmless"), 1):
         rows = table[table["prompts"] == prompts]
         real, random = rows[rows["control"] == ""], rows[rows["control"] != ""]
         names = [_NAMES[name] for name in real["intervention"]]
-        for group, (verdict, colour) in enumerate(colours.items()):
+        for verdict, colour in colours.items():
             rates = real[f"{verdict}_rate"]
             made.add_bar(
                 row=1,
@@ -117,7 +118,14 @@ def effects(table: "pd.DataFrame") -> go.Figure:
                     y=random[f"{verdict}_rate"].tolist(),
                     mode="markers",
                     name=f"{verdict}, random direction",
-                    marker={"color": colour, "symbol": "diamond-open", "size": 8 + 3 * group},
+                    offsetgroup=verdict,
+                    cliponaxis=False,
+                    marker={
+                        "color": "white",
+                        "symbol": "diamond",
+                        "size": 9,
+                        "line": {"color": colour, "width": 2},
+                    },
                     showlegend=column == 1,
                 )
     made.update_yaxes(range=[0, 1.03], tickformat=".0%")
@@ -145,7 +153,7 @@ def refusal_page(result: "Refusal") -> Page:
         result.plot.candidates(),
         alt="Scores of every candidate by layer and position.",
         caption="Solid: zero-ablation, addition at all positions. Dotted: affine ablation, "
-        "addition at the last prompt token alone.",
+        "addition at the last prompt token alone. Dashed: the gate of the KL.",
     )
     page.table(result.candidates, formats=dict.fromkeys(_scores(result.candidates), "{:.3g}"))
     page.section("Answers to the same prompts")
