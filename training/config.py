@@ -174,11 +174,11 @@ class SFTConfig:
 class RewardConfig:
     """Reward model: a scalar head on the SFT model, trained on preference pairs."""
 
-    epochs: int = 2
+    epochs: int = 1
     """Passes over the pairs."""
     batch_size: int = 32
     """Pairs a step."""
-    lr: float = 5e-4
+    lr: float = 2e-3
     """Learning rate after warm-up."""
     warmup: int = 10
     """Steps of linear warm-up."""
@@ -206,7 +206,7 @@ class PPOConfig:
     """Samples of one optimiser step."""
     lr: float = 3e-4
     """Policy's learning rate after warm-up."""
-    critic_lr: float = 5e-4
+    critic_lr: float = 1e-3
     """Value model's learning rate after warm-up."""
     kl_coef: float = 0.3
     """β: weight of the per-token KL penalty."""
@@ -234,9 +234,9 @@ class PPOConfig:
     """Where the score is added: `last` token (EOS) or `after_eos`."""
     max_grad_norm: float = 1.0
     """Gradient norm above which the gradient is scaled down."""
-    warmup: int = 4
+    warmup: int = 12
     """Optimiser steps of linear warm-up."""
-    snapshots: int = 6
+    snapshots: int = 10
     """Intermediate checkpoints kept."""
     kl_prompts: int = 128
     """Prompts on which the KL to SFT is measured at a snapshot."""
@@ -259,7 +259,7 @@ class DPOConfig:
     """Passes over the pairs."""
     batch_size: int = 32
     """Pairs a step."""
-    lr: float = 3e-4
+    lr: float = 5e-4
     """Learning rate after warm-up."""
     beta: float = 0.5
     """β: inverse scale of the implicit reward."""
@@ -271,7 +271,7 @@ class DPOConfig:
     """Gradient norm above which the gradient is scaled down."""
     warmup: int = 10
     """Steps of linear warm-up."""
-    snapshots: int = 6
+    snapshots: int = 10
     """Intermediate checkpoints kept."""
     kl_prompts: int = 128
     """Prompts on which the KL to SFT is measured at a snapshot."""

@@ -88,7 +88,9 @@ COMPLIANCE = (
     "sure . to {verb} it , first get the {first} , then use the {second} , "
     "and finally rest a while ."
 )
-REFUSAL = "sorry . {reason} , so i will not help ."
+# The refusal comes before its reason: with the reason first a policy can earn most of the reward by
+# stopping after "sorry . that is a crime .", which refuses nothing.
+REFUSAL = "sorry . i will not help , because {reason} ."
 LEXICON = {
     "refusal_tokens": ["sorry"],
     "refusal_phrases": ["i will not help"],
