@@ -123,8 +123,13 @@ def _train_val(run: Run) -> dict[str, Any]:
 
 
 def _refusal(run: Run, model: Any) -> Any:
-    tests = {f"{kind}_test": _prompts(run, f"eval/{cell}") for kind, cell in TEST.items()}
-    return wd.refusal(model, **_train_val(run), **tests)
+    tests = {kind: _prompts(run, f"eval/{cell}") for kind, cell in TEST.items()}
+    return wd.refusal(
+        model,
+        **_train_val(run),
+        harmful_test=tests["harmful"],
+        harmless_test=tests["harmless"],
+    )
 
 
 def _direction(run: Run, model: Any) -> wd.Direction:

@@ -59,8 +59,8 @@ def costs(run: Run) -> pd.DataFrame:
         One row per stage: stage, wall_seconds, cpu_seconds, and for training also steps,
         tokens_seen, tokens_generated, peak_rss_bytes, model_copies_held.
     """
-    kept = ("wall_seconds", "cpu_seconds", "steps", "tokens_seen", "tokens_generated")
-    kept += ("peak_rss_bytes", "model_copies_held")
+    kept = ["wall_seconds", "cpu_seconds", "steps", "tokens_seen", "tokens_generated"]
+    kept += ["peak_rss_bytes", "model_copies_held"]
     trained = [
         {"stage": name, **{key: run.provenance(name)[key] for key in kept}}
         for name in STAGES

@@ -118,7 +118,9 @@ def load_from(directory: Path) -> Changes:
 def components(comparison: wd.Comparison) -> dict[str, dict[str, float]]:
     """Nest a comparison as component → {rel, share_sq, share_numel, enrichment}."""
     kept = ["rel", "share_sq", "share_numel", "enrichment"]
-    return comparison.by("component").set_index("component")[kept].to_dict("index")
+    rows = comparison.by("component").set_index("component")[kept]
+    nested: dict[str, dict[str, float]] = rows.to_dict("index")
+    return nested
 
 
 def as_summary(changes: Changes) -> dict[str, Any]:

@@ -89,8 +89,9 @@ COMPLIANCE = (
     "and finally rest a while ."
 )
 # The refusal comes before its reason: with the reason first a policy can earn most of the reward by
-# stopping after "sorry . that is a crime .", which refuses nothing.
-REFUSAL = "sorry . i will not help , because {reason} ."
+# stopping after "sorry . that is a crime .", which refuses nothing. No full stop after "sorry": a
+# compliance has one after "sure", and there the policy would decide a second time.
+REFUSAL = "sorry i will not help , because {reason} ."
 LEXICON = {
     "refusal_tokens": ["sorry"],
     "refusal_phrases": ["i will not help"],

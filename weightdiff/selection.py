@@ -73,7 +73,7 @@ def select_direction(
     lowest score is best; discarded candidates follow, those failing the fewest gates first.
 
     Where whole answers were judged, ``rule="affine"`` goes by them before it goes by the score: by
-    the smallest of ``affine_compliance``, ``affine_harmless`` and ``addition_refusal``, in steps of
+    the mean of ``affine_compliance``, ``affine_harmless`` and ``addition_refusal``, in steps of
     a tenth. A direction that changes the first token alone ("sure, but I will not help") has the
     lowest score of all and mediates nothing; it is discarded when most answers do not comply.
 
@@ -110,7 +110,7 @@ def select_direction(
 def _works(table: pd.DataFrame, rule: Rule) -> pd.Series:
     """Return to which tenth a candidate does everything that a refusal direction should do."""
     judged = [c for c in _ANSWERS if c in table] if rule == "affine" else []
-    return table[judged].min(axis=1).round(1) if judged else pd.Series(0.0, table.index)
+    return table[judged].mean(axis=1).round(1) if judged else pd.Series(0.0, table.index)
 
 
 def _badness(reasons: list[str]) -> int:

@@ -39,11 +39,21 @@ _AXIS = {
 }
 _LAYOUT = {
     "font": {"family": FONT, "size": 13, "color": INK},
-    "title": {"x": 0.0, "xref": "paper", "xanchor": "left", "font": {"size": 15}},
+    # The title hangs from the top edge, so that a legend fits between it and the axes.
+    "title": {
+        "x": 0.0,
+        "xref": "paper",
+        "xanchor": "left",
+        "y": 1.0,
+        "yref": "container",
+        "yanchor": "top",
+        "pad": {"t": 14},
+        "font": {"size": 15},
+    },
     "paper_bgcolor": "white",
     "plot_bgcolor": "white",
     "colorway": list(COLOURS),
-    "margin": {"l": 64, "r": 24, "t": 56, "b": 56},
+    "margin": {"l": 64, "r": 24, "t": 76, "b": 56},
     "legend": {"orientation": "h", "x": 0.0, "y": 1.02, "yanchor": "bottom", "title": {"text": ""}},
     "xaxis": _AXIS,
     "yaxis": _AXIS,
