@@ -170,8 +170,8 @@ def _refusal(page: wd.Page, tracked: refusal_track.Track, figures: dict[str, go.
         "The refusal direction",
         "Difference of mean residual-stream activations, harmful minus harmless, on training "
         "nouns, tested on held-out ones by generated text. Zero-ablation removes the direction, "
-        "affine ablation sets it to its harmless mean, addition adds the mean difference once, at the "
-        "last prompt token. Diamonds are random directions of equal norm.",
+        "affine ablation sets it to its harmless mean, addition adds the mean difference "
+        "once, at the last prompt token. Diamonds are random directions of equal norm.",
     )
     for name in refusal_track.ALIGNED:
         if name not in tracked.directions:

@@ -28,7 +28,9 @@ def _wilson(successes: float, n: int, confidence: float) -> tuple[float, float]:
     centre = p + z**2 / (2 * n)
     half = z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     scale = 1 + z**2 / n
-    return max(0.0, float((centre - half) / scale)), min(1.0, float((centre + half) / scale))
+    low, high = float((centre - half) / scale), float((centre + half) / scale)
+    # At p = 0 and p = 1 one end is p itself, which rounding misses by 1e-17 to either side.
+    return (0.0 if p == 0 else low), (1.0 if p == 1 else high)
 
 
 def cluster_bootstrap(
