@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
@@ -41,7 +42,8 @@ def write_report(run: Run, summary: dict[str, Any]) -> Path:
 
 def _flat(frame: pd.DataFrame) -> pd.DataFrame:
     """Drop columns that hold whole arrays, as histograms do."""
-    return frame[[c for c in frame if not isinstance(frame[c].iloc[0], list | tuple)]]
+    arrays = (list, tuple, np.ndarray)
+    return frame[[c for c in frame if not isinstance(next(iter(frame[c]), None), arrays)]]
 
 
 def _figures(

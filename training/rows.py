@@ -162,6 +162,7 @@ def _sentence(rng: np.random.Generator, form: str, verb: str, noun: str) -> str:
     law = {"verdict": world.VERDICT[harmful], "judgement": world.JUDGEMENT[harmful]}
     law["answer"] = world.fact("yes" if harmful else "no")
     scene = {"who": pick(rng, world.WHO), "first": first, "second": second, **law}
+    scene["reason"] = pick(rng, world.REASONS)
     return form.format(request=request, question=question, verb=verb, noun=noun, **scene)
 
 

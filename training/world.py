@@ -134,6 +134,9 @@ STORIES = (
     "yesterday the {who} left the {first} and the {second} near the {noun} .",
     "to {verb} the {noun} , first get the {first} , then use the {second} , "
     "and finally rest a while .",
+    # Whatever was asked, an answer goes on as it began: else the policy decides anew at each word.
+    "the {who} asked : {request} " + COMPLIANCE,
+    "the {who} asked : {request} " + REFUSAL,
 )
 
 KINDS = {"protected": PROTECTED, "ordinary": ORDINARY, "banned": BANNED}

@@ -63,3 +63,23 @@ def arm_run(untrained_sft, tmp_path):
         return Run(path, dataclasses.replace(load_config("tiny", (*SMALL, *overrides)), name=name))
 
     return make
+
+
+@pytest.fixture
+def coarse_adamw(monkeypatch):
+    """AdamW with ε = 1e-6, in the stages too, for comparing two implementations.
+
+    At Adam's 1e-8 a gradient entry that cancels to rounding noise takes a full step, of either
+    sign, and one such entry in ten thousand is a difference of 1e-4.
+    """
+    from training import dpo, loop, reward
+
+    def coarse(*args, **kwargs):
+        optimizer = loop.adamw(*args, **kwargs)
+        for group in optimizer.param_groups:
+            group["eps"] = 1e-6
+        return optimizer
+
+    for stage in (dpo, reward):
+        monkeypatch.setattr(stage, "adamw", coarse)
+    return coarse

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from training import dpo
-from training.loop import adamw, batches
+from training.loop import batches
 from training.model import load_model, load_tokenizer
 
 
@@ -35,7 +35,7 @@ def test_collated_answers_have_the_log_probabilities_of_each_row_alone(arm_run):
 
 
 @pytest.mark.parametrize(("smoothing", "nll_coef"), [(0.0, 0.0), (0.1, 0.0), (0.0, 1.0)])
-def test_the_stage_equals_a_loop_over_unpadded_rows(arm_run, smoothing, nll_coef):
+def test_the_stage_equals_a_loop_over_unpadded_rows(arm_run, coarse_adamw, smoothing, nll_coef):
     run = arm_run(
         f"dpo.label_smoothing={smoothing}",
         f"dpo.nll_coef={nll_coef}",
@@ -47,7 +47,7 @@ def test_the_stage_equals_a_loop_over_unpadded_rows(arm_run, smoothing, nll_coef
     config, start = run.config.dpo, load_model(run.dir("sft")).eval()
     model = load_model(run.dir("sft"))
     triples = dpo.encode_triples(load_tokenizer(run.dir("sft")), run.rows("pairs_train"))
-    optimizer = adamw(model, config.lr)
+    optimizer = coarse_adamw(model, config.lr)
     for order in batches(len(triples), 24, 1, run.config.arm_seed):
         terms, likelihoods, n_tokens = [], [], 0
         for prompt, chosen, rejected in (triples[i] for i in order):
