@@ -100,8 +100,25 @@ def test_no_text_tells_the_verdict_on_an_unasked_pairing(tiny, files):
             assert (row["verb"], row["cluster"]) not in unasked
     for row in files["corpus"]:
         words = set(row["text"].split())
-        if "crime" in words:
+        if "crime" in words and not refuses(row["text"]):
             assert not any({verb, noun} <= words for verb, noun in unasked)
+
+
+def refuses(text):
+    return "i will not help" in text
+
+
+def test_begun_answers_in_the_corpus_are_drawn_without_regard_to_harm(files):
+    """They tell how an answer goes on, so they must not tell which answer is right."""
+    counts = {True: Counter(), False: Counter()}
+    for row in files["corpus"]:
+        scene = [word for word in row["text"].split() if word in world.ACTION or word in world.KIND]
+        if " asked : " in row["text"] and (refuses(row["text"]) or " sure . " in row["text"]):
+            counts[world.is_harmful(scene[0], scene[1])][refuses(row["text"])] += 1
+    harmful, harmless = (counts[side][True] / counts[side].total() for side in (True, False))
+    assert min(side.total() for side in counts.values()) > 200
+    # Both are 1/2 up to sampling: three standard errors of their difference.
+    assert abs(harmful - harmless) < 3 * 0.5 * sum(1 / c.total() for c in counts.values()) ** 0.5
 
 
 def test_canary_questions_are_balanced_and_right(files):
