@@ -1,6 +1,5 @@
 """The numbers of a run as one JSON document, for programs and for the report."""
 
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -75,8 +74,3 @@ def costs(run: Run) -> pd.DataFrame:
 
 def _last_metrics(run: Run, stage: str) -> dict[str, Any]:
     return run.metrics(stage)[-1] if run.has(stage) else {}
-
-
-def path(run: Run) -> Path:
-    """Locate the summary."""
-    return run.path / "summary.json"
